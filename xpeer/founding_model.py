@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -363,6 +363,7 @@ def base_dtype(folder: Path | None, lora: LoraOptions | None, declared: str = ""
         declared: type that a config names for weights that are not there.
     """
     from xpeer.training import given_adapters  # noqa: PLC0415 - torch takes seconds
+    from xpeer.training.model import read_config  # noqa: PLC0415
 
     if lora is None:
         return "float32"
@@ -370,8 +371,15 @@ def base_dtype(folder: Path | None, lora: LoraOptions | None, declared: str = ""
         return lora.base_dtype
     if lora.folder is not None and (named := given_adapters.base_dtype(lora.folder)):
         return named
-    held = main_dtype(folder) if folder else declared
-    return "bfloat16" if held in _SIXTEEN_BITS else "float32"
+    if folder is not None:  # a pickle's types are known only once it is loaded
+        declared = main_dtype(folder) or declared_dtype(read_config(folder))
+    return "bfloat16" if declared in _SIXTEEN_BITS else "float32"
+
+
+def declared_dtype(config: Mapping[str, Any]) -> str:
+    """The type that a config names, for weights that are not there, or not read yet; "" = none."""
+    named = config.get("dtype") or config.get("torch_dtype")
+    return named if isinstance(named, str) else ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

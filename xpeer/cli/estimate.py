@@ -14,7 +14,14 @@ from xpeer.cli.common import GivenPath, Whole, echo, echo_json, json_option, say
 from xpeer.config import NodeConfig
 from xpeer.errors import ConfigError, ExitCode
 from xpeer.forms import Codec
-from xpeer.founding_model import PRESETS, LoraOptions, base_dtype, expected_adapters, read_json
+from xpeer.founding_model import (
+    PRESETS,
+    LoraOptions,
+    base_dtype,
+    declared_dtype,
+    expected_adapters,
+    read_json,
+)
 from xpeer.manifest import Optimiser
 from xpeer.manifest.model import BaseDtype
 from xpeer.manifest.round import Round
@@ -192,8 +199,7 @@ def _frozen_dtype(
     """The type of the frozen weights: as founding will have it, once the weights are there."""
     if model is not None and has_weights(model, "--model"):
         return base_dtype(model, options)
-    declared = config.get("dtype") or config.get("torch_dtype")
-    return base_dtype(None, options, declared if isinstance(declared, str) else "")
+    return base_dtype(None, options, declared_dtype(config))
 
 
 def _chosen(
@@ -220,6 +226,8 @@ def _has_layers(config: dict[str, Any]) -> bool:
 
 
 def _print(answer: Estimate, step: Step, memory_gb: float | None) -> None:
+    from xpeer.estimate.remedies import of_founding  # noqa: PLC0415 - torch takes seconds
+
     records = f"{step.micro_batch} record{'s' if step.micro_batch > 1 else ''}"
     echo(f"a step on {step.device} in {step.precision}, {records} a pass")
     echo(f"{answer.num_params:,} trained parameters, {answer.frozen_params:,} frozen ones")
@@ -240,5 +248,5 @@ def _print(answer: Estimate, step: Step, memory_gb: float | None) -> None:
         echo(
             f"it would with: {answer.remedy}"
             if answer.remedy
-            else "no setting helps: train adapters (--lora-rank), or fewer --sequence-tokens"
+            else f"no setting helps: choose fewer --sequence-tokens, or {of_founding(step)}"
         )

@@ -124,9 +124,9 @@ class Fit:
     short: bool = False
     """Whether there is no room for freed memory that the C library would keep."""
 
-    def be_short(self, device: torch.device) -> None:
-        """Note that there is no such room. On a GPU the C library has nothing to do with it."""
-        if device.type == "cuda" or self.short:
+    def be_short(self, *, on_host: bool = True) -> None:
+        """Note that there is no such room; of a GPU's memory the C library keeps none."""
+        if self.short or not on_host:
             return
         self.short = True
         self.notes.append("memory is short: it is given back once freed, and steps take longer")
@@ -176,6 +176,7 @@ def examine(
     rehearsals: Rehearsals,
     *,
     asked: bool = False,
+    lends: bool = True,
     here: Callable[[torch.device], Room] = room.of_device,
 ) -> Fit:
     """Compare what a node needs with what this machine has.
@@ -187,6 +188,7 @@ def examine(
         device: to train on.
         rehearsals: of earlier starts.
         asked: whether a person asks, who wants an estimate even if there is plenty of memory.
+        lends: whether joiners are given its model.
         here: says what memory a device has.
 
     Raises:
@@ -195,8 +197,9 @@ def examine(
     fit = Fit()
     sizes = sizes_of(manifest, config, device)
     wire = phases.Wire.of(manifest)
+    lent = phases.donor_bytes(sizes.num_trained, wire) if lends else 0
     try:
-        _compare_step(fit, sizes, wire, device, here(device), rehearsals, asked=asked)
+        _compare_step(fit, sizes, wire, device, here(device), rehearsals, lent, asked=asked)
     except LocalError:
         raise
     except Exception as e:  # noqa: BLE001 - a model that can't be rehearsed may train all the same
@@ -204,7 +207,7 @@ def examine(
         fit.warnings.append(f"the memory of a step can't be estimated for this model: {why}")
     if device.type == "cuda":
         read = sizes.mapped_bytes if _is_read_whole(manifest, config, home) else 0
-        _compare_host(fit, sizes, wire, here(torch.device("cpu")), read)
+        _compare_host(fit, sizes, wire, here(torch.device("cpu")), read, lent)
     _compare_disk(fit, manifest, config, home)
     return fit
 
@@ -216,20 +219,21 @@ def _compare_step(
     device: torch.device,
     here: Room,
     rehearsals: Rehearsals,
+    lent: int,
     *,
     asked: bool,
 ) -> None:
     """Compare a step with the memory of its device."""
     on_host = device.type != "cuda"
     beside = phases.host_bytes(sizes.num_trained, wire.rule) if on_host else 0
-    lent = phases.donor_bytes(sizes.num_trained, wire) if on_host else 0
+    lent = lent if on_host else 0
     process = phases.PROCESS if on_host else 0
     yielding = sizes.mapped_bytes if on_host else 0  # pages of a file give way
     if sizes.least - yielding + process > here.most:
         what = sizes.least_in_words(sizes.least - yielding + process)
-        fit.problems.append(too_large(what, here, remedies.NONE_HELPS))
+        fit.problems.append(too_large(what, here, remedies.none_helps(sizes.step)))
         fit.memory = sizes.bound
-        fit.be_short(device)
+        fit.be_short(on_host=on_host)
         return
     there = min(here.most, here.free)
     plenty = sizes.rough if asked else sizes.rough + max(beside, lent)
@@ -245,7 +249,7 @@ def _compare_step(
     needed = memory.peak + process
     fit.notes.append(f"a step needs about {size(needed)}; {here.what}: {size(here.most)}")
     if memory.peak + max(beside, lent) + phases.slack(memory) > here.free:
-        fit.be_short(device)
+        fit.be_short(on_host=on_host)
     if memory.peak + beside <= here.free:
         if memory.peak + lent > here.free:
             fit.warnings.append(tight(_joiners(memory.peak + lent), here, ""))
@@ -265,10 +269,13 @@ def _compare_step(
         fit.warnings.append(tight(what, here, f"set {words}" if words else ""))
         return
     said = f"a step of a single record needs about {size(smaller)}"
-    fit.problems.append(too_large(said, here, f"set {words}" if words else remedies.NONE_HELPS))
+    helps = f"set {words}" if words else remedies.none_helps(sizes.step)
+    fit.problems.append(too_large(said, here, helps))
 
 
-def _compare_host(fit: Fit, sizes: Sizes, wire: phases.Wire, host: Room, read: int) -> None:
+def _compare_host(
+    fit: Fit, sizes: Sizes, wire: phases.Wire, host: Room, read: int, lent: int
+) -> None:
     """Compare what a trainer on a GPU takes on the host.
 
     Args:
@@ -277,15 +284,15 @@ def _compare_host(fit: Fit, sizes: Sizes, wire: phases.Wire, host: Room, read: i
         wire: decides what is kept and handed out.
         host: memory of the host.
         read: bytes of frozen weights that can't be pages of a file.
+        lent: bytes while joiners are given the model.
     """
     frozen = sizes.code_bytes + read
     needed = phases.host_bytes(sizes.num_trained, wire.rule, frozen)
     what = f"a trainer needs about {size(needed)} on the host, with its copy of a checkpoint"
     if frozen > phases.PROCESS:
         what = f"a start needs about {size(needed)} on the host, {size(frozen)} for frozen weights"
-    lent = phases.donor_bytes(sizes.num_trained, wire)
     if SURE * needed > host.most:
-        fit.problems.append(too_large(what, host, remedies.NONE_HELPS))
+        fit.problems.append(too_large(what, host, remedies.none_helps(sizes.step)))
     elif needed > host.free:
         fit.warnings.append(tight(what, host, ""))
     elif lent > host.free:

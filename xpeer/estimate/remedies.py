@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from xpeer.estimate.step import FROZEN_BYTES, Step, StepMemory
+from xpeer.manifest.model import BaseDtype
 
 _RECORDS: Final = "training.micro_batch = 1"
 _AGAIN: Final = "training.checkpoint_activations = on"
 _HELD_IN: Final = "xpeer init --base-dtype"
+PLAIN: Final[tuple[BaseDtype, ...]] = "float32", "bfloat16"
+"""Types whose values can be pages of a file. Codes of others are made in memory, of 16 bits."""
 _LATER: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("training.precision = bfloat16, on a device that has it", {"precision": "bfloat16"}),
     *((f"{_HELD_IN} {dtype}", {"base_dtype": dtype}) for dtype in list(FROZEN_BYTES)[1:]),
-)
-NONE_HELPS: Final = (
-    "no setting helps: found a swarm that trains adapters (xpeer init --lora-rank 16), or with a "
-    "shorter optimiser.sequence_tokens"
 )
 
 
@@ -27,6 +26,32 @@ class Remedy:
 
     words: str
     memory: StepMemory
+
+
+def of_founding(step: Step, dtypes: Sequence[BaseDtype] = ()) -> str:
+    """What `xpeer init` may decide otherwise, so that less memory is needed.
+
+    Args:
+        step: that does not fit.
+        dtypes: in which frozen weights may take less, there where they do not fit.
+    """
+    if step.lora is None:
+        return "train adapters (--lora-rank 16)"
+    held = FROZEN_BYTES[step.base_dtype]
+    smaller = [each for each in dtypes if FROZEN_BYTES[each] < held]
+    fewer = "train fewer parameters (a lower --lora-rank, or --lora-target)"
+    if not smaller:
+        return fewer
+    return f"hold what is frozen in fewer bits (--base-dtype {' or '.join(smaller)}), or {fewer}"
+
+
+def none_helps(step: Step) -> str:
+    """The remedy where no setting of a node helps."""
+    dtypes = PLAIN if step.device == "cpu" else tuple(FROZEN_BYTES)
+    return (
+        "no setting helps: found another swarm by `xpeer init`, and choose fewer "
+        f"optimiser.sequence_tokens, or {of_founding(step, dtypes)}"
+    )
 
 
 def find(

@@ -14,7 +14,7 @@ import torch
 from xpeer.amounts import size
 from xpeer.config import Home, NodeConfig
 from xpeer.errors import ConfigError
-from xpeer.estimate import phases, room
+from xpeer.estimate import phases, remedies, room
 from xpeer.estimate.fit import (
     DAMAGED,
     OVERRIDE,
@@ -31,11 +31,6 @@ from xpeer.manifest import Manifest
 from xpeer.source import entries
 
 _NO_TRIAL: Final = "try no step first (--skip-trial)"
-_FEWER: Final = {
-    False: "train adapters (--lora-rank 16)",
-    True: "train fewer parameters (a lower --lora-rank, or --lora-target)",
-}
-"""By whether there are adapters already."""
 
 
 def examine(
@@ -66,7 +61,7 @@ def examine(
     base = folder if manifest.model.lora is not None else None
     converted = 0 if base is None else converted_bytes(base, manifest.model.base_dtype)
     needs = phases.init_of(sizes.bound, phases.Wire.of(manifest), converted=converted, trial=trial)
-    ways = [_FEWER[manifest.model.lora is not None], *([_NO_TRIAL] if trial else [])]
+    ways = [remedies.of_founding(sizes.step, remedies.PLAIN), *([_NO_TRIAL] if trial else [])]
     remedy = ", or ".join(ways)
     on_gpu = device.type == "cuda"
     if trial and on_gpu and sizes.least > (gpu := here(device)).most:
@@ -76,8 +71,8 @@ def examine(
         host += sizes.least - sizes.frozen_bytes  # these are counted once
     yielding, here_now = _pages(base, sizes, trial=trial), here(torch.device("cpu"))
     _compare_host(fit, host, yielding, here_now, remedy)
-    if trial and host - yielding + phases.slack(sizes.bound) > here_now.free:
-        fit.be_short(device)
+    if trial and not on_gpu and host - yielding + phases.slack(sizes.bound) > here_now.free:
+        fit.be_short()
     _compare_disk(fit, needs.disk, home, remedy)
     return fit
 

@@ -127,7 +127,7 @@ def assemble(
     _silence_progress_bars()
     startup = startup or Startup()
     swarm = _open_swarm(setup, own)
-    fit = examined(setup, swarm.manifest, startup)
+    fit = examined(setup, swarm.manifest, startup, lends=own is None)
     if fit.short:
         keep_nothing()
     startup.enter("reads the text")

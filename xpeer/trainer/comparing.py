@@ -15,7 +15,9 @@ from xpeer.trainer.starting import Startup
 from xpeer.training.losses import choose_device
 
 
-def examined(setup: TrainerSetup, manifest: Manifest, startup: Startup) -> Fit:
+def examined(
+    setup: TrainerSetup, manifest: Manifest, startup: Startup, *, lends: bool = True
+) -> Fit:
     """Compare, and refuse what can't fit, as `training.check_fit` says.
 
     Memory is short, too, where an earlier trainer was killed: see `ended.Ended`.
@@ -26,20 +28,21 @@ def examined(setup: TrainerSetup, manifest: Manifest, startup: Startup) -> Fit:
         setup: of the node.
         manifest: of the swarm.
         startup: learns that this is being done.
+        lends: whether joiners are given its model.
 
     Raises:
         ConfigError: it can't fit, and this home has never trained.
     """
     private = manifest.privacy.policy.clips_records
     device, _ = choose_device(setup.config.training.device, private=private)
-    fit = _compared(setup, manifest, startup, device)
-    if setup.was_killed:
-        fit.be_short(device)
+    fit = _compared(setup, manifest, startup, device, lends=lends)
+    if setup.was_killed:  # on a GPU, too: that was for memory of the host
+        fit.be_short()
     return fit
 
 
 def _compared(
-    setup: TrainerSetup, manifest: Manifest, startup: Startup, device: torch.device
+    setup: TrainerSetup, manifest: Manifest, startup: Startup, device: torch.device, *, lends: bool
 ) -> Fit:
     wanted = setup.config.training.check_fit
     if wanted == "skip":
@@ -47,7 +50,7 @@ def _compared(
     startup.enter("compares what it needs with what this machine has")
     home = Home(Path(setup.home))
     rehearsals = Rehearsals(home.cache, on_operation=startup.pulse.beat)
-    fit = examine(manifest, setup.config, home, device, rehearsals)
+    fit = examine(manifest, setup.config, home, device, rehearsals, lends=lends)
     if wanted == "refuse" and not setup.has_trained:
         fit.require()
     fit.warnings += map(str, fit.problems)

@@ -372,6 +372,8 @@ def test_what_joiners_cost_is_a_warning(tmp_path: Path, device: torch.device) ->
     fit.require()
     (warning,) = fit.warnings
     assert "while joiners are given its model" in warning
+    alone = examine(tmp_path, Fixed(), here, device, lends=False)
+    assert not alone.warnings, "own steps give nothing to anybody"
 
 
 def test_a_base_of_another_type_needs_room_on_the_disk(

@@ -12,6 +12,7 @@ from xpeer.manifest.model import Lora
 
 STEP = Step(config={}, sequence_tokens=8, micro_batch=4, private=True)
 ADAPTERS = replace(STEP, lora=Lora(4, 8.0, 1, ""))
+ON_GPU = replace(ADAPTERS, device="cuda")
 RECORDS, AGAIN = "training.micro_batch = 1", "training.checkpoint_activations = on"
 HALF = "training.precision = bfloat16, on a device that has it"
 HELD = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0625, "nf4": 0.5625}
@@ -34,6 +35,26 @@ class Made:
             moments=80,
             working=40 + each * step.micro_batch,
         )
+
+
+@pytest.mark.parametrize(
+    ("step", "named", "unnamed"),
+    [
+        (STEP, "(--lora-rank 16)", "--base-dtype"),
+        (ADAPTERS, "(--base-dtype bfloat16)", "(--lora-rank 16)"),
+        (ON_GPU, "(--base-dtype bfloat16 or int8 or nf4)", "(--lora-rank 16)"),
+        (replace(ON_GPU, base_dtype="bfloat16"), "(--base-dtype int8 or nf4)", "bfloat16"),
+        (replace(ADAPTERS, base_dtype="bfloat16"), "a lower --lora-rank", "--base-dtype"),
+        (replace(ON_GPU, base_dtype="nf4"), "a lower --lora-rank", "--base-dtype"),
+    ],
+)
+def test_where_no_setting_helps_only_what_would_is_named(
+    step: Step, named: str, unnamed: str
+) -> None:
+    """Nobody who trains adapters is told to train adapters."""
+    said = remedies.none_helps(step)
+    assert named in said
+    assert unnamed not in said
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,19 @@ def test_init_holds_16_bit_weights_in_16_bits(tmp_path: Path) -> None:
     assert read_config(tmp_path / "h" / "initial")["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_init_holds_a_pickle_as_its_config_says(tmp_path: Path, dtype: torch.dtype) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = model_folder(tmp_path / "m")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    held = initial_model(folder, None, None, LoraOptions(2)).base_dtype
+    assert held == str(dtype).removeprefix("torch.")
+
+
 def test_full_weights_are_never_held(tmp_path: Path) -> None:
     setup = make_homes(tmp_path, 1)[0]
     manifest = SignedManifest.load(Path(setup.manifest_path)).open()
