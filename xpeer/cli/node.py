@@ -16,7 +16,7 @@ from xpeer.cli.common import Number, echo_json, home_option, json_option, load_c
 from xpeer.cli.peer_table import peer_lines
 from xpeer.config import Home
 from xpeer.control import Client, Peers
-from xpeer.errors import ExitCode, LocalError
+from xpeer.errors import ExitCode, LocalError, NotRunningError
 from xpeer.escape import json_text
 from xpeer.status import Status
 
@@ -108,10 +108,15 @@ def stop(home: Home, timeout_s: float | None) -> None:
 def leave(home: Home, timeout_s: float | None, remove_tokens: bool) -> None:
     """Tell the other members that this peer leaves, then stop the daemon.
 
-    The home stays, and what is in it is listed.
+    The home stays, and what is in it is listed. With --remove-tokens no daemon need be running.
     """
-    _end(home, timeout_s, leave=True)
-    say("left and stopped")
+    try:
+        _end(home, timeout_s, leave=True)
+        say("left and stopped")
+    except NotRunningError:
+        if not (remove_tokens and home.tokens.exists()):
+            raise
+        say("no daemon runs here, so nobody is told")
     if remove_tokens:
         _remove_tokens(home)
     for line in _remains(home):
@@ -125,12 +130,15 @@ def _end(home: Home, timeout_s: float | None, *, leave: bool) -> None:
 
 
 def _remove_tokens(home: Home) -> None:
-    """Remove the tokens of the shard. Nobody may be using the home."""
+    """Remove the tokens of the shard, unless somebody is using the home."""
+    from xpeer_daemon.lock import HomeLock  # noqa: PLC0415 - seldom needed
+
     try:
         if not home.tokens.exists():
             return
-        num_bytes = _num_bytes(home.tokens)
-        shutil.rmtree(home.tokens)
+        with HomeLock.acquire(home):
+            num_bytes = _num_bytes(home.tokens)
+            shutil.rmtree(home.tokens)
     except OSError as e:
         raise LocalError(
             f"{e.filename or home.tokens} can't be removed: {e.strerror or e}",

@@ -22,6 +22,7 @@ from xpeer.errors import ExitCode, LocalError, NotRunningError
 from xpeer.health import HealthReason
 from xpeer.policies import MODES
 from xpeer.status import Partner, PrivacySpent, ShardSummary, Status, TextProgress
+from xpeer_daemon.lock import HomeLock
 
 SICK = msgspec.structs.replace(
     HEALTHY,
@@ -314,6 +315,25 @@ def test_leaving_says_what_is_left_and_removes_tokens_if_asked(
     assert (f"left on the disk: {tokens.parent}, 2.0 kB" in result.stderr) != remove
     assert f"left on the disk: {tmp_path / 'ledger.sqlite'}" in result.stderr
     assert (tmp_path / "cache" / "engine.json").exists()
+
+
+def test_tokens_can_be_removed_after_a_node_has_left(tmp_path: Path) -> None:
+    """Unless somebody uses them, e.g. another start. Without tokens nothing was asked for."""
+    tokens = tmp_path / "cache" / "tokens"
+    assert xpeer(tmp_path, "leave", "--remove-tokens").exit_code == ExitCode.NOT_RUNNING
+    tokens.mkdir(parents=True)
+    (tokens / "a.tokens").write_bytes(bytes(2000))
+    assert xpeer(tmp_path, "leave").exit_code == ExitCode.NOT_RUNNING
+    with HomeLock.acquire(Home(tmp_path)):
+        result = xpeer(tmp_path, "leave", "--remove-tokens")
+    assert result.exit_code == ExitCode.ERROR
+    assert "another daemon" in result.stderr
+    assert tokens.exists()
+    result = xpeer(tmp_path, "leave", "--remove-tokens")
+    assert result.exit_code == ExitCode.OK
+    assert "no daemon runs here" in result.stderr
+    assert f"removed: {tokens}, 2.0 kB" in result.stderr
+    assert not tokens.exists()
 
 
 def test_leaving_names_all_that_is_left(tmp_path: Path) -> None:
