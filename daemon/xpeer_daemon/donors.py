@@ -130,11 +130,12 @@ class Donors:
                 if not has_warned:
                     log.warning("%s", life.note)
                 has_warned = True
+            came = self._takeover.came
             if await self._take_over_best(trainer, own_step=None):
                 life.note = ""
                 self.forget()
                 return True
-            if holders:  # their lines may have broken, after hours, and what they gave is here
+            if holders or self._takeover.came > came:  # lines break, and what they gave is here
                 gone_until = clock() + patience_s
             await asyncio.sleep(DOUBT_S if self._judge.doubts else RETRY_S)
 

@@ -80,7 +80,7 @@ class Ends:
         if supervisor.trainer is not None:
             await self.save(supervisor.trainer)
         elif supervisor.last is not None:
-            await self.note_loss(supervisor.last, LocalError(f"its {supervisor.down_reason}"))
+            await self.note_loss(supervisor.last, LocalError(supervisor.down_reason))
 
     async def save(self, trainer: TrainerProcess) -> bool:
         """Have the trainer save and exit; returns whether nothing is lost."""

@@ -161,7 +161,6 @@ class Supervisor:
                     self.trainer = await self._start_again()
                 except _PASSING as e:
                     self.down_reason, cause = str(e), e
-                    self._was_killed |= isinstance(e, TrainerKilledError)
             self.restarts += 1
             self.down_reason = ""
             await self.instruct(on_restart, self.trainer)
@@ -202,7 +201,11 @@ class Supervisor:
         setup = self._setup()
         if self._was_killed:
             setup = structs.replace(setup, was_killed=True)
-        return await self._start(setup)
+        try:
+            return await self._start(setup)
+        except TrainerKilledError:
+            self._was_killed = True
+            raise
 
     async def _watch(self, trainer: TrainerProcess) -> None:
         """Wait until the trainer has exited."""

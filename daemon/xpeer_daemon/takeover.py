@@ -56,6 +56,9 @@ class Takeover:
         life: gets note and progress.
         avoid: is told of donors that failed, why, and what time that cost.
         spare: is told of donors that were lost, but gave WORTH of the model since the last time.
+
+    Attributes:
+        came: pieces that came since the start, or since they were forgotten.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class Takeover:
         """Bytes that donors gave since they were spared last."""
         self._gathered: Gathered | None = None
         """None until the first donor was chosen, and again once the parameters are taken over."""
-        self._came = 0
+        self.came = 0
         self._most = 0
         """Bytes of pieces that were here when an attempt began, at most: who gives some of one
         snapshot after another, none of which fits to the last one, gets nowhere."""
@@ -154,7 +157,7 @@ class Takeover:
 
         def on_piece(donor: PeerId, num_bytes: int) -> None:
             nonlocal due
-            self._came += 1
+            self.came += 1
             self._gave[donor] += num_bytes
             self._life.note = in_words(fetch.progress)
             if gathered.num_bytes >= due:
@@ -222,7 +225,7 @@ class Takeover:
 
     def summary(self) -> str:
         """How many pieces there are, and how many of them this start has fetched; for people."""
-        return f"{self._shape.num_pieces} pieces, {self._came} fetched since the start"
+        return f"{self._shape.num_pieces} pieces, {self.came} fetched since the start"
 
     def drop(self, donor: PeerId) -> None:
         """Forget the pieces of a donor, those that are set aside, too, and how much was here."""
@@ -251,7 +254,7 @@ class Takeover:
         if self._gathered is not None:
             self._gathered.close()
             self._gathered = None
-        self._came = self._most = 0
+        self.came = self._most = 0
         self._expired.clear()
         self._liars.clear()
         self._gave.clear()

@@ -26,6 +26,7 @@ from xpeer.control import Client, End
 from xpeer.errors import LocalError, NotSavedError
 from xpeer.status import Progress
 from xpeer.trainer.client import Saved, TrainerProcess
+from xpeer.trainer.ended import Ended
 from xpeer.training.checkpoint_files import paths, step_of
 
 PATIENCE_S = 2.0
@@ -66,6 +67,7 @@ class FakeTrainer:
 
     def __init__(self, status: int, step: int, tells: int = 0) -> None:
         self.status, self.step, self.tells = status, step, tells
+        self.ended = Ended(status)
         self.progress = Progress(step=10, seconds_training=300.0)
 
     async def stop(self, patience_s: float, on_progress: Any) -> int:
@@ -128,8 +130,8 @@ async def test_what_is_lost_is_counted_from_the_last_checkpoint(
         return
     assert end.exit_code == 9
     last = "last checkpoint step 7 (0s old)" if saved else "there is no checkpoint"
-    cause = crash.problem if crash else "the trainer ended with -9"
-    assert end.problem == f"not saved: {last}, the node was at step 12: {cause}"
+    cause = crash.problem if crash else "the trainer was killed by SIGKILL, which"
+    assert end.problem.startswith(f"not saved: {last}, the node was at step 12: {cause}")
     assert end.remedy
 
 
