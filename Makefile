@@ -36,13 +36,14 @@ quick: install
 	$(BIN)/pytest -n $(WORKERS) -m "not slow and not swarm" tests/unit tests/cases
 
 # For a machine with an NVIDIA GPU: whatever only it can show, and the tests that need bitsandbytes.
-# It is meant to take less than ten minutes. Elsewhere all is skipped.
+# It is meant to take less than ten minutes. Elsewhere all is skipped. MODEL=FOLDER: a benchmark of
+# that model, too, e.g. `make gpu MODEL=.demo/smollm2`.
 GPU_THERE := import sys, torch; sys.exit(not torch.cuda.is_available())
 gpu: install
 	test -z "$$(nvidia-smi -L 2>/dev/null)" || $(BIN)/pip install --quiet -c constraints.txt -e ".[quantised]"
 	$(BIN)/pytest -m gpu -rs tests/unit
 	if $(BIN)/python -c "$(GPU_THERE)"; then $(BIN)/pytest tests/unit/training/test_quantised.py; fi
-	if $(BIN)/python -c "$(GPU_THERE)"; then $(BIN)/python -m benchmarks.trainer --quick --device cuda; fi
+	if $(BIN)/python -c "$(GPU_THERE)"; then $(BIN)/python -m benchmarks.trainer --quick --device cuda $(if $(MODEL),--model $(MODEL)); fi
 
 check: install
 	$(BIN)/ruff check .
