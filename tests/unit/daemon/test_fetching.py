@@ -197,9 +197,28 @@ async def test_others_join_in_while_fewer_give_than_are_wanted(gathered: Gathere
 
 
 async def test_nobody_is_asked_while_enough_give(gathered: Gathered) -> None:
-    rig = Rig(gathered, [donor(), donor()], wanted=2)
+    """However often it is looked. Before both have a link, others may be asked."""
+    looked, asked = asyncio.Event(), list[int]()
+
+    class Waits(Donor):
+        async def pieces(self, first: int, count: int) -> AsyncGenerator[tuple[int, memoryview]]:
+            async for each in super().pieces(first, count):
+                yield each
+                await looked.wait()
+
+    rig = Rig(gathered, [Waits(tree_of(PAYLOAD, 7)) for _ in range(2)], wanted=2)
+    real = rig.fetch._giving
+
+    def giving() -> list[PeerId]:
+        if len(found := real()) == 2:
+            asked.append(rig.asked)
+            if len(asked) == 5:
+                looked.set()
+        return found
+
+    rig.fetch._giving = giving  # type: ignore[method-assign]
     assert await rig.run()
-    assert rig.asked == 0
+    assert set(asked) == {rig.asked}
 
 
 @pytest.mark.usefixtures("looks_for_ever")
